@@ -69,6 +69,14 @@ def last_word(bits: int) -> int:
     return (1 << bits % 32) - 1 if bits % 32 else -1
 
 
+def errors(layer: QuantLinear, x: Tensor) -> tuple[float, float]:
+    """The product's error against float64 and that of the dequantized weight's, relative to the norm."""
+    expected = linear(x.double(), layer.dequantize(torch.float64))
+    found = (layer(x), linear(x, layer.dequantize(x.dtype)))
+    error, of_float = (float((y.double() - expected).norm() / expected.norm()) for y in found)
+    return error, of_float
+
+
 def cpu_seconds(calls: Mapping[str, Sequence[Callable[[], object]]], seconds: float = 4.0) -> Times:
     """Seconds of a call in the fastest run of its series, by turns, after a warm-up: others use the machine too, so
     that with one thread its own time is what counts."""
@@ -140,9 +148,7 @@ def bench_cpu(
     first = layers[0][0]
     if rows <= 16:
         calls["before"] = [lambda: reference.matmul(x, *first.packed(), bits)]
-    expected = linear(x.double(), first.dequantize(torch.float64))
-    found = (first(x), linear(x, first.dequantize(dtype)))
-    error, of_float = (float((y.double() - expected).norm() / expected.norm()) for y in found)
+    error, of_float = errors(first, x)
     return cpu_seconds(calls), f"error {error:.1e} ({of_float:.1e})"
 
 

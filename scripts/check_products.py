@@ -14,10 +14,9 @@ import argparse
 import itertools
 
 import torch
-from bench_qlinear import GPU, random_layer
+from bench_qlinear import GPU, errors, random_layer
 from gptq_plugin.kernels.product import products
 from torch import Tensor
-from torch.nn.functional import linear
 
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -30,14 +29,6 @@ def arranged_layer(n_in: int, n_out: int, bits: int, group_size: int, symmetric:
     if not layer.arrange():
         raise SystemExit(f"the kernels do not take groups of {group_size}")
     return layer
-
-
-def errors(layer: QuantLinear, x: Tensor) -> tuple[float, float]:
-    """The product's error against float64 and that of the dequantized weight, relative to the norm."""
-    expected = linear(x.double(), layer.dequantize(torch.float64))
-    found = (layer(x), linear(x, layer.dequantize(x.dtype)))
-    error, of_float = (float((y.double() - expected).norm() / expected.norm()) for y in found)
-    return error, of_float
 
 
 def different_runs(layer: QuantLinear, x: Tensor, runs: int) -> int:

@@ -1,4 +1,4 @@
-"""The size of a quantized layer in an exported file, the only definition: `stored_bytes`."""
+"""The size of a quantized layer in an exported file, the only definition: `stored_bytes`, `target_bytes`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import group_width
+from gptq_plugin.model.targets import Target
 
 
 def stored_bytes(shape: Sequence[int], config: QuantizeConfig) -> int:
@@ -26,3 +27,8 @@ def stored_bytes(shape: Sequence[int], config: QuantizeConfig) -> int:
     groups = -(-in_features // group_width(in_features, config))
     format_ = FORMATS[config.checkpoint_format]
     return format_.stored_bytes(in_features, out_features, groups, config.bits, config.sym)
+
+
+def target_bytes(target: Target) -> int:
+    """Bytes of a planned layer in an export: of its quantized weight (`stored_bytes`), in all its places."""
+    return target.places * stored_bytes(target.shape, target.config)

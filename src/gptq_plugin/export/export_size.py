@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from gptq_plugin.checkpoint.sizes import stored_bytes
+from gptq_plugin.checkpoint.sizes import target_bytes
 from gptq_plugin.device.modules import modules_of
 from gptq_plugin.model.hf_models import is_transformers, tied_weights
 from gptq_plugin.model.plan import Plan
@@ -42,26 +41,25 @@ def tensor_bytes(model: nn.Module) -> int:
 
 def planned_bytes(plan: Plan) -> int:
     """Bytes of the parameters in the export of a planned quantization, g_idx left out."""
-    packed = sum(stored_bytes(target.shape, target.config) for target in plan.targets)
+    packed = sum(map(target_bytes, plan.targets))
     return Coverage.of(plan, packed).exported_bytes + _stored_again(plan)
 
 
 def _stored_again(plan: Plan) -> int:
-    """Bytes of the layers and parameters of a transformers model in further places, such as replicated blocks: each is
-    stored for itself (`Structure.places`, `model_files`), unless its class ties it."""
+    """Bytes of the float parameters of a transformers model in further places, such as replicated blocks: each is
+    stored for itself (`model_files`), unless its class ties it."""
     if not is_transformers(plan.model):
         return 0
-    tied, targets = tied_weights(plan.model), {target.module: target for target in plan.targets}
-    places: dict[int, list[int]] = defaultdict(list)
+    tied, quantized = tied_weights(plan.model), {target.module for target in plan.targets}
+    found: set[int] = set()
+    again = 0
     for name, module in modules_of(plan.model, once=False).items():
         for key, parameter in module._parameters.items():
-            if parameter is None or f"{name}.{key}" in tied:
+            if parameter is None or f"{name}.{key}" in tied or (key == "weight" and module in quantized):
                 continue
-            if key == "weight" and module in targets:
-                places[id(module)].append(stored_bytes(targets[module].shape, targets[module].config))
-            else:
-                places[id(parameter)].append(parameter.nbytes)
-    return sum(sum(sizes[1:]) for sizes in places.values())
+            again += parameter.nbytes if id(parameter) in found else 0
+            found.add(id(parameter))
+    return again
 
 
 def _tensor_bytes(file: Path) -> dict[str, int]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from gptq_plugin.hf.checkpoints import checkpoint_of
 from gptq_plugin.quantize.options import Progress
+from gptq_plugin.training.callback_base import CallbackBase
 from gptq_plugin.training.progress import tqdm_progress
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def float_checkpoint(args: TrainingArguments, state: TrainerState, saved: int) -
     return str(last) if saved == state.global_step and last.exists() else ""
 
 
-def refuse_after_swap(state: TrainerState, callback: TrainerCallback, leaves_quantized: bool) -> None:
+def refuse_after_swap(state: TrainerState, callback: CallbackBase, leaves_quantized: bool) -> None:
     """Refuses a callback behind one that leaves the model quantized. Each is to call it when a training begins.
 
     Callbacks do not know of each other: the training's state, which is new in each, tells.
@@ -90,10 +91,7 @@ def refuse_after_swap(state: TrainerState, callback: TrainerCallback, leaves_qua
         ValueError: An earlier one leaves nothing to quantize.
     """
     if vars(state).get(_LEAVES_QUANTIZED, id(callback)) != id(callback):
-        raise ValueError(
-            f"an earlier {type(callback).__name__} leaves the model quantized (swap=True), so this one would find "
-            "nothing to quantize: give all but the last swap=False"
-        )
+        raise callback.after_swap()
     if leaves_quantized:
         vars(state)[_LEAVES_QUANTIZED] = id(callback)
 

@@ -321,10 +321,7 @@ def _parallel_outputs(
 def _refuse_after_swap(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     before = trainer.callbacks[: trainer.callbacks.index(callback)]  # type: ignore[attr-defined]
     if any(isinstance(other, GPTQCallback) and other.leaves_quantized(trainer, pl_module) for other in before):
-        raise ValueError(
-            "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
-            "quantize: give all but the last swap=False"
-        )
+        raise callback.after_swap()
 
 
 def _rehearse(

@@ -11,7 +11,7 @@ import torch
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
-from gptq_plugin.checkpoint.sizes import stored_bytes
+from gptq_plugin.checkpoint.sizes import target_bytes
 from gptq_plugin.device.streams import AsyncRead, Stopwatch
 from gptq_plugin.gptq.grid import COARSE_SCALE, coarse_scales
 from gptq_plugin.gptq.solve_each import Solutions
@@ -283,7 +283,7 @@ def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
         group_size=None if is_float else target.config.group_size,
         shape=target.shape,
         places=target.places,
-        stored_bytes=0 if is_float else target.places * stored_bytes(target.shape, target.config),
+        stored_bytes=0 if is_float else target_bytes(target),
         **values,
     )
 

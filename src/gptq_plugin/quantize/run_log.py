@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptq_plugin import distributed
-from gptq_plugin.checkpoint.sizes import stored_bytes
+from gptq_plugin.checkpoint.sizes import target_bytes
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.ending import ending, exported, layers_shown
@@ -33,8 +33,7 @@ class RunLog:
             plan: The layers.
             again: Log it even if this run has.
         """
-        packed = sum(target.places * stored_bytes(target.shape, target.config) for target in plan.targets)
-        found = Coverage.of(plan, packed)
+        found = Coverage.of(plan, sum(map(target_bytes, plan.targets)))
         if again or found.floats != self._floats:
             self._floats = found.floats
             if distributed.rank() == 0:

@@ -205,6 +205,13 @@ class CallbackBase:
             if self.repository is not None and distributed.rank() == 0:
                 self.repository.claim()
 
+    def after_swap(self) -> ValueError:
+        """Returns the error of a callback behind one that leaves nothing to quantize."""
+        return ValueError(
+            f"an earlier {type(self).__name__} leaves the model quantized (swap=True), so this one would find nothing "
+            "to quantize: give all but the last swap=False"
+        )
+
     def check_layers(self, module: nn.Module) -> None:
         """Refuses a module without layers to quantize, or one whose export could not be written or loaded.
 
